@@ -26,6 +26,7 @@ VENV := .venv
 MATRIX := 0.25.1 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
 BIN := $(VENV)/bin
 CLIENTS := tests/ecosystem/clients
+CLIENT_TESTS := tests/ecosystem/test_clients.py
 CACHE := $(CURDIR)/.cache
 # tiny_model.py puts it beside the environment that makes it.
 TINY_MODEL := $(dir $(VENV)).cache/tiny-llama/recipe.sha256
@@ -57,7 +58,7 @@ endif
 export PIP_QUIET ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-sweep demo-fleet gpu-check test check docs reference fuzz simulate simulate-ledger soak soak-fleet bench matrix test-ecosystem lock vulnerabilities clean
+.PHONY: help setup demo demo-sweep demo-fleet gpu-check test check docs reference fuzz simulate simulate-ledger soak soak-fleet bench matrix test-ecosystem test-clients lock vulnerabilities clean
 
 help:
 	@echo 'make demo    a real vLLM server with the meter inside, three tenants, and the bill'
@@ -69,8 +70,10 @@ help:
 	@echo '             minutes, nothing is downloaded; GPU_CHECK_ARGS="--budget-s 600" for less'
 	@echo 'make test    all tests; TEST_ARGS="-k name" for some'
 	@echo 'make test-ecosystem  the ledger in a real PostgreSQL, routes with a newer FastAPI, a fleet'
-	@echo '             of two real servers, clients of others, a LiteLLM proxy: six minutes; needs'
-	@echo '             apt-get install postgresql pgbouncer nodejs npm curl'
+	@echo '             of two real servers: six minutes; needs the programs of PostgreSQL (apt-get'
+	@echo '             install postgresql pgbouncer)'
+	@echo 'make test-clients  what programs of others, and a LiteLLM proxy, make of replies: four'
+	@echo '             minutes and 1 GB the first time; needs apt-get install nodejs npm curl'
 	@echo 'make check   style, types and the laws of the code base; needs no vLLM'
 	@echo 'make docs    the pages of docs/ as one site in site/; a dead link fails'
 	@echo 'make reference  the pages that commands and side endpoint describe themselves'
@@ -125,8 +128,11 @@ endif
 
 # What the meter meets beside vLLM: a real PostgreSQL server, a fleet of real servers that send to it,
 # and a FastAPI newer than the lock's.
-test-ecosystem: setup $(VENV)/.ecosystem $(VENV)/.clients
-	@$(RUN) python -m pytest tests/ecosystem --numprocesses 2 --dist loadfile
+test-ecosystem: setup $(VENV)/.ecosystem
+	@$(RUN) python -m pytest tests/ecosystem --ignore $(CLIENT_TESTS) --numprocesses 2 --dist loadfile
+
+test-clients: setup $(VENV)/.clients
+	@$(RUN) python -m pytest $(CLIENT_TESTS)
 
 check: $(VENV)/.meter
 	$(BIN)/ruff check .

@@ -194,6 +194,8 @@ def _at(folder: Path) -> dict[str, str]:
 
 def _initdb_options() -> list[str]:
     options = ["--auth=trust", f"--username={USER}", "--encoding=UTF8", "--no-sync"]
+    if CHOSEN in os.environ:  # It may be built without ICU.
+        return [*options, "--locale=C.UTF-8"]
     version = re.search(r"\d+", _run([program("initdb"), "--version"]))
     assert version is not None
     if int(version[0]) >= 15:
