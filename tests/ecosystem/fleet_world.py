@@ -20,6 +20,7 @@ from tests.ecosystem.line import Cut, line_to
 from tests.ecosystem.machines import INTERVAL_S, Machine, clock_ahead, compile_clock
 from tests.ecosystem.postgresql import Server
 from tests.ecosystem.test_fleet import changed
+from tests.integration.server import RECEIVED, SENT_ON
 from tests.support.fleet import sent
 from tests.support.waiting import wait_for
 from vllm_cost_meter.ledger import schema
@@ -69,8 +70,8 @@ class Fleet:
     def ask_in_halves(self, x_request_id: str) -> list[str]:
         """Ask both servers for one request, as a router does; return the ids of the two bills."""
         return [
-            self.steady.ask_half(x_request_id, {"do_remote_decode": True}),
-            self.ahead.ask_half(x_request_id, {"do_remote_prefill": True}),
+            self.steady.ask_half(x_request_id, max_tokens=1, kv_transfer_params=SENT_ON),
+            self.ahead.ask_half(x_request_id, max_tokens=8, kv_transfer_params=RECEIVED),
         ]
 
     # -- disturbances ---------------------------------------------------------------------------

@@ -18,12 +18,18 @@ from decimal import Decimal
 from itertools import count
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 
 from tests.ecosystem.line import Line
-from tests.integration.server import TENANT_KEYS, Server
+from tests.integration.server import (
+    LONG_PROMPT,
+    SIDE_BY_SIDE,
+    TENANT_KEYS,
+    Server,
+    kv_arguments,
+)
 from tests.integration.traffic import Reply, ask
 from tests.support.waiting import wait_for
 from vllm_cost_meter.lab.server import meter_arguments
@@ -31,8 +37,6 @@ from vllm_cost_meter.lab.server import meter_arguments
 CLOCK_SOURCE = Path(__file__).with_name("clock_ahead.c")
 INTERVAL_S = 0.5
 ROUTES = ("/v1/completions", "/v1/chat/completions")
-# Longer than a block of the KV cache.
-HALVED_PROMPT = " ".join(f"word{i}" for i in range(150))
 _CLIENTS = 2
 PAUSE_S = 0.05
 
@@ -59,16 +63,6 @@ def compile_clock(folder: Path) -> Path:
 def clock_ahead(library: Path, seconds: int) -> dict[str, str]:
     """Return the environment of a program whose wall clock is ahead; other clocks are right."""
     return {"LD_PRELOAD": str(library), "CMT_AHEAD_S": str(seconds)}
-
-
-def kv_arguments(kv_role: str, folder: Path) -> list[str]:
-    """Return the arguments of a server that shares the KV cache of prompts in a folder."""
-    connector = {
-        "kv_connector": "ExampleConnector",
-        "kv_role": kv_role,
-        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
-    }
-    return ["--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(connector)]
 
 
 class Machine:
@@ -102,8 +96,7 @@ class Machine:
                 "COST_METER_FLEET": line.by_line(fleet),
                 "COST_METER_FLEET_INTERVAL_S": str(INTERVAL_S),
                 "COST_METER_LABELS": f"machine={name}",
-                # Else vLLM ties every server of this machine to the same core.
-                **{"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
+                **SIDE_BY_SIDE,
                 **environment,
             },
         )
@@ -172,18 +165,12 @@ class Machine:
         )
         return 0 if found is None else int(float(found[1]))
 
-    def ask_half(self, x_request_id: str, kv_transfer_params: dict[str, bool]) -> str:
+    def ask_half(self, x_request_id: str, **options: Any) -> str:
         """Send one half of a request, as a router does; return by which id its bill is found."""
         tenant = next(iter(TENANT_KEYS))
         with self.server.client(tenant, verify=False) as client:
             client.headers["x-request-id"] = x_request_id
-            reply = ask(
-                client,
-                ROUTES[0],
-                prompt=HALVED_PROMPT,
-                max_tokens=1 if "do_remote_decode" in kv_transfer_params else 8,
-                kv_transfer_params=kv_transfer_params,
-            )
+            reply = ask(client, ROUTES[0], prompt=LONG_PROMPT, **options)
         self._note(reply, tenant)
         found: str = reply.headers["x-cost-meter-request-id"]
         return found

@@ -16,7 +16,7 @@ import pytest
 
 from tests.ecosystem.clients.environments import ask_in_node, ask_in_python
 from tests.ecosystem.clients.proxy import Proxy, Upstream, litellm_proxy
-from tests.integration.server import MODEL, TENANT_KEYS, Server
+from tests.integration.server import MODEL, SIDE_BY_SIDE, TENANT_KEYS, Server
 from tests.support.waiting import wait_for
 from vllm_cost_meter.lab.server import meter_arguments
 from vllm_cost_meter.units.time import rfc3339
@@ -74,8 +74,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
                 *(*meter_arguments(), "--enable-prompt-tokens-details"),
                 *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
             ],
-            # Else vLLM ties both servers to the same core.
-            environment={"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
+            environment=SIDE_BY_SIDE,
             price=price,
         )
         for name, price in (("priced", "2.50"), ("unpriced", None))

@@ -67,6 +67,22 @@ def test_the_books_have_every_bill_and_the_audit_says_of_which_there_are_no_rows
     assert f"the rows of {unsent} bills were dropped here before" in caplog.text
 
 
+def test_rows_that_a_server_dropped_before_it_sent_any_are_named_too(
+    tmp_path: Path, url: str
+) -> None:
+    ledger = f"sqlite:///{tmp_path}/ledger.db"
+    bills = [part(seq, f"h{seq}") for seq in range(1, 6)]
+    write(ledger, *bills, snapshot(bills, 1))
+    sent(ledger, url, rows="none")
+    drop_in_ledger(ledger)
+    sent(ledger, url, stops=True)  # from now on with rows
+    (told,) = audited(url)["fleet"]["unsent"]  # type: ignore[index]
+    assert (told["bills"], told["first_seq"], told["last_seq"]) == (5, 1, 5)
+    for full in (False, True):
+        assert audited(url, full=full)["runs"][0]["missing_bills"] == []
+    assert figures(url) == figures(ledger)
+
+
 def test_the_energy_of_tenants_is_unknown_where_rows_never_came(tmp_path: Path, url: str) -> None:
     ledger = f"sqlite:///{tmp_path}/ledger.db"
     told = tuple(RequestEnergy(seq, HOUR, 30, None) for seq in range(1, 5))

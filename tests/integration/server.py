@@ -5,6 +5,7 @@ Everything a server writes goes into its own folder; only processes started here
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import signal
@@ -26,6 +27,12 @@ PLUGIN_FOLDER = Path(__file__).parent / "plugin"
 # With these, several engines start on a machine that has fewer NUMA nodes than engines: vLLM 0.33.0
 # wants a node for each.
 SEVERAL_ENGINES = {"VLLM_CPU_SIM_MULTI_NUMA": "1"}
+# For servers side by side on one machine: else vLLM ties each of them to the same core.
+SIDE_BY_SIDE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+# Longer than a block of the KV cache.
+LONG_PROMPT = " ".join(f"word{i}" for i in range(150))
+# What a router says to a prefill server, and to a decode server.
+SENT_ON, RECEIVED = {"do_remote_decode": True}, {"do_remote_prefill": True}
 TENANT_KEYS = {"alpha": "key-of-alpha", "beta": "key-of-beta", "gamma": "key-of-gamma"}
 # Of tenants that only test_budgets.py asks as.
 LIMITED_KEYS = {
@@ -89,6 +96,19 @@ rule = "user"
 MODEL = "tiny"
 # The origin of web pages that may ask a server.
 ORIGIN = "https://chat.example"
+
+
+def kv_arguments(kv_role: str, folder: Path) -> list[str]:
+    """Return the arguments of a server that keeps the KV cache of prompts in a folder.
+
+    vLLM's ExampleConnector does that. Servers that share the folder send to one another.
+    """
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": kv_role,
+        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+    }
+    return ["--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(connector)]
 
 
 @dataclass

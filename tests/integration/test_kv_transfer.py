@@ -4,33 +4,24 @@ vLLM's ExampleConnector keeps the KV cache of prompts in a folder, so one server
 Its own prefix cache is off: nothing of a prompt is cached by itself.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.integration.server import Server
+from tests.integration.server import LONG_PROMPT, RECEIVED, SENT_ON, Server, kv_arguments
 from tests.integration.traffic import ask
 from vllm_cost_meter.lab.server import meter_arguments
-
-PROMPT = " ".join(f"word{i}" for i in range(150))
-SENT_ON, RECEIVED = {"do_remote_decode": True}, {"do_remote_prefill": True}
 
 
 @pytest.fixture(scope="module")
 def connected(work: Path) -> Iterator[Server]:
-    connector = {
-        "kv_connector": "ExampleConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"shared_storage_path": str(work / "shared")},
-    }
     server = Server(
         work / "connected",
         arguments=[
-            *(*meter_arguments(), "--enable-prompt-tokens-details", "--no-enable-prefix-caching"),
-            *("--kv-transfer-config", json.dumps(connector)),
+            *(*meter_arguments(), "--enable-prompt-tokens-details"),
+            *kv_arguments("kv_both", work / "shared"),
         ],
     )
     try:
@@ -41,8 +32,8 @@ def connected(work: Path) -> Iterator[Server]:
 
 def test_what_came_over_a_connector_is_neither_cached_nor_saved(connected: Server) -> None:
     with connected.client() as client:
-        first = ask(client, "/v1/completions", prompt=PROMPT, max_tokens=1)
-        again = ask(client, "/v1/completions", prompt=PROMPT)
+        first = ask(client, "/v1/completions", prompt=LONG_PROMPT, max_tokens=1)
+        again = ask(client, "/v1/completions", prompt=LONG_PROMPT)
     # vLLM tells its client that these tokens were cached.
     assert first.cached_tokens == 0 < again.cached_tokens
     for reply, external_tokens in ((first, 0), (again, again.cached_tokens)):

@@ -116,7 +116,7 @@ def _fleet_lines(fleet: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"  run {unsent['run_id'][:8]}: {unsent['host']} dropped the rows of"
             f" {unsent['bills']} bills ({unsent['first_seq']}-{unsent['last_seq']}) before they"
-            " could be sent; what they add up to is here"
+            " were sent; what they add up to is here"
         )
 
 

@@ -2,8 +2,8 @@
 
 Names start with `cost_meter_` and do not contain "vllm", because vLLM unregisters metrics that look
 like its own. Money and time are counters; request ids are never labels. What bills add up to is in
-`owners.py`. An engine tells its totals so far; a counter gets what they grew by. Only the
-first API server sees them, so with several of them nothing counts twice.
+`owners.py`. An engine tells its totals so far; a counter gets what they grew by. Only the first API
+server sees them, so with several of them nothing counts twice.
 
 Invariant: the number of series is bounded, and every caller contains errors raised here.
 """
@@ -373,9 +373,10 @@ def set_api_off() -> None:
 
 
 class Growth:
-    """What totals of engine runs grow by. A total that shrinks has grown once it is larger again.
+    """What totals of engine runs grow by.
 
-    Time may move from one class to another: a request that is preempted had its time in vain.
+    A total may shrink: of a request that is preempted, time moves to the class of what was in vain.
+    It grows again only once it is higher than ever before.
     """
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ default registry and over the files that several API servers share.
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,8 @@ def billed(make_world):
 
 def test_by_default_vllms_page_shows_tenants_and_money(billed):
     text = page(billed()).text
-    assert 'tenant="tenant-on-a-page"}' in text
+    cost = r'^cost_meter_cost_usd_total\{[^}]*tenant="tenant-on-a-page"\} '
+    assert re.search(cost, text, re.MULTILINE)
     assert 'budget="budget-on-a-page"' in text
 
 

@@ -1,6 +1,6 @@
 """Where the clients of others are installed, and how they are run.
 
-`make test-ecosystem` installs them below `.cache/clients`, apart from our own environment: one
+`make test-clients` installs them below `.cache/clients`, apart from our own environment: one
 folder for Python, one for Node.
 
 Invariant: no client sees a package of ours.

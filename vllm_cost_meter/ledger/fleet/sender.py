@@ -357,7 +357,7 @@ class FleetSender:
         if bills := note_unsent(fleet, ledger, platform.node()):
             logger.warning(
                 "cost meter: fleet: the rows of %d bills were dropped here before the fleet could"
-                " get them (keep_rows_bytes). It has what they add up to, and its audit names them",
+                " get them. It has what they add up to, and its audit names them",
                 bills,
             )
 

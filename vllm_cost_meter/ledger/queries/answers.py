@@ -263,8 +263,8 @@ class FleetAudit(TypedDict):
     incomplete: list[FleetRun]
     """The other runs, up to 1,000."""
     unsent: list[UnsentBills]
-    """Bills of which only what they add up to is here: the ledger of their server had to drop their
-    rows, because of its size, before it could send them."""
+    """Bills of which only what they add up to is here: the ledger of their server dropped their
+    rows before it sent them."""
 
 
 class Audit(TypedDict):

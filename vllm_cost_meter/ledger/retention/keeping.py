@@ -136,9 +136,8 @@ class RowKeeper:
             )
         if bills and is_unsent:
             logger.warning(
-                "cost meter: some of these rows may not be in the fleet, which cannot be reached:"
-                " the file was too large (keep_rows_bytes); when the fleet is back, its audit says"
-                " which ones"
+                "cost meter: some of these rows may not be in the fleet, which is still to get all"
+                " of this ledger: of them it gets what they add up to"
             )
 
     def _cutoff_by_days(self) -> int | None:

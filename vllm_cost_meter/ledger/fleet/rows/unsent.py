@@ -1,9 +1,10 @@
 """Bills whose rows a ledger dropped before it sent them: the fleet has only what they add up to.
 
-A ledger keeps its rows until the fleet has them, but for one limit: the size of its file. While the
-fleet is away for so long that the outbox is freed, and then rows too, these never come. When the
-ledger joins anew it brings the sums of all its bills, so no amount is lost. What is lost are the
-rows: which requests those were, and the energy of each tenant. The fleet notes their numbers.
+A ledger keeps its rows until the fleet has them, with three exceptions: its file may be too large
+while the fleet is away and the outbox was freed, somebody may drop them by hand, and a server that
+sent no rows may send them from some day on. Such rows never come. When the ledger joins anew it
+brings the sums of all its bills, so no amount is lost. What is lost are the rows: which requests
+those were, and the energy of each tenant. The fleet notes their numbers.
 
 Invariant: each bill that a ledger has counted and dropped has its rows in the fleet, or is among
 what was dropped there, or is noted here.
